@@ -3,8 +3,7 @@
 The facts were recorded without words (``gateway/stories.py``); they are made into steps here, each time a story is
 read. All times are in seconds since the request arrived.
 
-What a worker has measured is counted by its own clock, from the moment at which it got the call. The way there and back
-is known only as a whole, from the time at which the answer began on both ends; half of it is taken for each way.
+What a worker has measured is counted by its own clock; ``core/attempt_times.py`` makes times of this node of it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import attrs
 from msgspec import UNSET, UnsetType
 
 from ..core import clock
+from ..core.attempt_times import cold_time, held_back_time, queue_times, worker_moment
 from ..core.story import AttemptFacts, StoryFacts
 from ..core.wake_target import ASLEEP
 from ..gateway.story_ending import EndedBy, Ending, StoryOutcome, ending_of, error_text, is_asleep, place_of
@@ -28,7 +28,6 @@ __all__ = ["AttemptView", "CandidateView", "StepView", "StoryView", "story_view"
 #: models, and this is the next.
 AttemptKind: TypeAlias = Literal["first", "retry", "hedge", "next_name"]
 
-_MICROSECONDS: Final = 1e6
 #: Replicas that a step lists.
 _SHOWN: Final = 5
 #: Seconds that are worth a line of their own.
@@ -217,7 +216,7 @@ def _attempt_steps(story: StoryFacts, index: int) -> Iterator[StepView]:
     for at, text in attempt.notes:
         yield StepView(_since(at, began), text)
     start, queued, held_back, node = _handler_times(attempt)
-    waited_until, cold_for = attempt.ended_at if start is None else start, _cold_for(attempt)
+    waited_until, cold_for = attempt.ended_at if start is None else start, cold_time(attempt)
     if queued >= _NOTABLE and waited_until >= 0:
         queue = f"of model '{attempt.model}'" if _queued_for_model(attempt) else f"of {place}"
         yield StepView(_since(waited_until, began), f"waited {queued:.3f} s in the queue {queue}", node)
@@ -311,7 +310,7 @@ def _slowest(story: StoryFacts, until: float) -> str:
     if last.waiting and last.ended_at < 0:
         queued = max(queued, ended - (last.opened_at if last.queued_at < 0 else last.queued_at))
     queue = f"in the queue of model '{last.model}'" if _queued_for_model(last) else f"in the queue of {place}"
-    cold = _cold_for(last)
+    cold = cold_time(last)
     if last.cold:
         cold += ended - last.cold_since
     before = "attempts that did not answer"
@@ -356,7 +355,7 @@ def _attempt_view(story: StoryFacts, index: int) -> AttemptView:
         ended=_moment(attempt.ended_at, began),
         stopped=_moment(attempt.released_at, began),
         queued_for=round(queued, 6),
-        cold_for=round(_cold_for(attempt), 6),
+        cold_for=round(cold_time(attempt), 6),
         held_back=round(held_back, 6),
         delivered_bytes=attempt.delivered,
         error=UNSET if attempt.error is None else error_text(attempt.error),
@@ -370,44 +369,17 @@ def _handler_times(attempt: AttemptFacts) -> tuple[float | None, float, float, s
     """Return when the handler began, for how long the call was queued, for how long the handler was held back, and by
     whose clock that is.
     """
-    times = attempt.times
-    if not times:
-        start = attempt.started_at if attempt.started_at >= 0 else None
-        return start, attempt.queued_for + attempt.queued_for_model, attempt.held_back, ""
-    queued = (times.get("queued", 0) + times.get("queued_model", 0)) / _MICROSECONDS
-    start = None
-    if "started" in times:
-        start = attempt.opened_at + _way(attempt) / 2 + times["started"] / _MICROSECONDS
-    return start, queued, times.get("held_back", 0) / _MICROSECONDS, attempt.node
-
-
-def _way(attempt: AttemptFacts) -> float:
-    """Return how many seconds the way to the worker and back took: the earlier it was measured, the better, since what
-    comes later waits for what the client has not taken yet.
-    """
-    moments = [(attempt.begun_at, "first_output"), (attempt.released_at, "stopped")]
-    if attempt.cancelled is None:
-        # A cancelled call has ended here before it did there.
-        moments.append((attempt.ended_at, "ended"))
-    for at, name in moments:
-        if at >= 0 and name in attempt.times:
-            return max(0.0, at - attempt.opened_at - attempt.times[name] / _MICROSECONDS)
-    return 0.0
-
-
-def _cold_for(attempt: AttemptFacts) -> float:
-    """Return for how long the call has waited for its model to start."""
     if attempt.times:
-        return attempt.times.get("cold", 0) / _MICROSECONDS
-    # What a master knows of a worker's model comes with heartbeats, so it is about right.
-    return attempt.cold_for
+        start, node = worker_moment(attempt, "started"), attempt.node
+    else:
+        start, node = attempt.started_at if attempt.started_at >= 0 else None, ""
+    return start, sum(queue_times(attempt)), held_back_time(attempt), node
 
 
 def _queued_for_model(attempt: AttemptFacts) -> bool:
     """Return whether most of the waiting was for a slot of the model, and not of the process."""
-    if attempt.times:
-        return attempt.times.get("queued_model", 0) > attempt.times.get("queued", 0)
-    return attempt.queued_for_model > attempt.queued_for
+    queued, for_model = queue_times(attempt)
+    return for_model > queued
 
 
 def _kind(story: StoryFacts, index: int) -> AttemptKind:

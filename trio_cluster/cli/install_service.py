@@ -22,12 +22,12 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import attrs
 
+from ..core.state_dir import replace_file
 from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET
 from ..options import ClusterServerOptions
@@ -387,6 +387,11 @@ def _may_enter(status: os.stat_result, run_as: str | None) -> bool:
 def _write(files: Sequence[_File], *, force: bool, owner: str | None) -> None:
     """Write files, all or none, as far as that can be known before.
 
+    Args:
+        files: to write.
+        force: replace also those that are not as they were written.
+        owner: the user to whom secrets belong; ``None``: the user of this process.
+
     Raises:
         ClusterError: one is not as it was written, or cannot be written.
     """
@@ -394,35 +399,24 @@ def _write(files: Sequence[_File], *, force: bool, owner: str | None) -> None:
         if not force:
             for each in files:
                 _check_unchanged(each)
+        user = None if owner is None else _user_number(owner)
         for each in files:
             each.path.parent.mkdir(mode=0o700 if each.is_secret else 0o755, parents=True, exist_ok=True)
-            _replace(each, owner)
+            replace_file(
+                each.path, each.content.encode(), mode=each.mode, user=user if each.is_secret else None
+            )
             print(f"wrote {each.path}" + (" (for its owner only)" if each.mode == 0o600 else ""))
     except OSError as error:
         hint = "; give --user for a service of your own" if isinstance(error, PermissionError) else ""
         raise ClusterError(f"{error.filename}: {error.strerror}{hint}") from error
 
 
-def _replace(file: _File, owner: str | None) -> None:
-    """Write one file as a whole; a secret belongs to ``owner``, if there is one.
-
-    Raises:
-        OSError: it cannot be written; what was there before still is, and nothing else.
-    """
-    temporary = file.path.with_name(f".{file.path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+def _user_number(name: str) -> int | None:
+    """Return the number of a user; ``None`` if there is none of that name on this machine."""
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode)
-        with open(handle, "w", encoding="utf-8") as written:
-            written.write(file.content)
-        if owner is not None and file.is_secret:
-            with suppress(KeyError, PermissionError):
-                os.chown(temporary, pwd.getpwnam(owner).pw_uid, -1)
-        temporary.replace(file.path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
 
 
 def _check_unchanged(file: _File) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from ..errors import ClusterError
 
-__all__ = ["StateDir", "StateDirError", "default_state_dir", "path_of", "reserved"]
+__all__ = ["StateDir", "StateDirError", "default_state_dir", "path_of", "replace_file", "reserved"]
 
 T = TypeVar("T")
 
@@ -55,6 +55,48 @@ def default_state_dir(environ: Mapping[str, str], name: str) -> Path:
 def path_of(text: str | None) -> Path | None:
     """Return the path that an option names; a ``~`` in it is the user's home directory."""
     return None if text is None else Path(text).expanduser()
+
+
+def replace_file(path: Path, content: bytes, *, mode: int = 0o600, user: int | None = None) -> None:
+    """Replace the content of a file as a whole, or create it; it survives a loss of power. Blocks.
+
+    Args:
+        path: of the file, in a directory that is there.
+        content: the new one.
+        mode: of the file from its first moment, less the umask.
+        user: the number of its owner, if that is another one than the user of this process.
+
+    Raises:
+        OSError: it cannot be written; the old content is still there, and nothing else.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            if user is not None:
+                with suppress(PermissionError):
+                    os.fchown(handle, user, -1)
+            os.fsync(handle)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sync(directory: Path) -> None:
+    """Have the names in a directory survive a loss of power, too, where the file system can do that."""
+    # The content is in its place by now, so there is nothing to report.
+    with suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -119,22 +161,8 @@ class StateDir:
         Raises:
             StateDirError: it cannot be written; the old content is still there.
         """
-        temporary = self.path / f".{name}.{os.getpid()}"
         try:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(handle)
-                temporary.replace(self.path / name)
-                self._sync()
-            except BaseException:
-                with suppress(OSError):
-                    temporary.unlink()
-                raise
+            replace_file(self.path / name, content)
         except OSError as error:
             raise self._error(f"{name}: {error.strerror}") from error
 
@@ -165,16 +193,6 @@ class StateDir:
     def save(self, name: str, version: int, content: Mapping[str, Any]) -> None:
         """Replace a file by a JSON object with its version. See :meth:`write`."""
         self.write(name, json.dumps({"version": version, **content}, indent=1).encode())
-
-    def _sync(self) -> None:
-        """Have the names in the directory survive a loss of power, too, where the file system can do that."""
-        # The content is in its place by now, so there is nothing to report.
-        with suppress(OSError):
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one.

@@ -11,6 +11,7 @@ import time
 from typing import Final
 
 from ..core import clock
+from ..core.attempt_times import queue_times
 from ..core.story import StoryFacts
 from ..http1.asgi import Message, Send
 from ..http1.refusal import HttpRefusal
@@ -112,9 +113,7 @@ def _measured(story: StoryFacts) -> dict[str, object]:
     attempt = story.attempts[story.answering]
     if len(story.attempts) > 1:
         fields["attempts"] = len(story.attempts)
-    queued = attempt.queued_for + attempt.queued_for_model
-    if attempt.times:
-        queued = (attempt.times.get("queued", 0) + attempt.times.get("queued_model", 0)) / 1e6
+    queued = sum(queue_times(attempt))
     if queued >= _NOTABLE:
         fields["queued"] = round(queued, 4)
     if story.streamed and attempt.begun_at >= 0:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from opentelemetry.sdk.trace import Event
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 
+from ..core.attempt_times import cold_time, queue_times, worker_moment
 from ..core.redaction import without_keys
 from ..core.story import AttemptFacts, StoryFacts
 from ..gateway.context import RequestContext
@@ -33,7 +34,6 @@ __all__ = ["RequestSpans"]
 
 logger = logging.getLogger("trio_cluster.telemetry")
 
-_MICROSECONDS: Final = 1e6
 _FIRST_SERVER_ERROR: Final = 500
 #: Characters of a header that are shown.
 _HEADER_MAX: Final = 256
@@ -276,11 +276,10 @@ class RequestSpans:
 
 
 def _worker_waits(facts: AttemptFacts) -> list[Wait]:
-    times = facts.times
     end = _worker_time(facts, "started") or facts.ended_at
-    queued, for_model = times.get("queued", 0) / _MICROSECONDS, times.get("queued_model", 0) / _MICROSECONDS
+    queued, for_model = queue_times(facts)
     waits = queue_waits(queued, for_model, end)
-    if cold := times.get("cold", 0) / _MICROSECONDS:
+    if cold := cold_time(facts):
         end -= queued + for_model
         waits.insert(0, (names.MODEL_START_SPAN, "", end - cold, end))
     return [
@@ -290,21 +289,9 @@ def _worker_waits(facts: AttemptFacts) -> list[Wait]:
 
 
 def _worker_time(facts: AttemptFacts, name: str) -> float | None:
-    """Return when something has happened on a worker, by the clock of this node.
-
-    The worker counts from the arrival of the call. When that was, is known only from the time for both ways, of which
-    half is taken for each.
-    """
-    times = facts.times
-    if name not in times:
-        return None
-    way = 0.0
-    for at, other in ((facts.begun_at, "first_output"), (facts.released_at, "stopped")):
-        if at >= 0 and other in times:
-            way = max(0.0, at - facts.opened_at - times[other] / _MICROSECONDS)
-            break
+    at = worker_moment(facts, name)
     # What a worker says is not trusted to lie within what this node has seen.
-    return min(facts.opened_at + way / 2 + times[name] / _MICROSECONDS, facts.released_at)
+    return None if at is None else min(at, facts.released_at)
 
 
 def _put_error(attributes: dict[str, Any], story: StoryFacts, ending: Ending) -> Status | None:
