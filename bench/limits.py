@@ -19,7 +19,8 @@ from typing import Any
 import trio
 from running import (
     HOST,
-    ask,
+    Running,
+    ask_on_connections,
     cpu_seconds,
     drop,
     free_port,
@@ -28,6 +29,7 @@ from running import (
     save,
     start,
     start_node,
+    swallow,
     wait_for_model,
     weather,
 )
@@ -42,14 +44,28 @@ async def start_redis(nursery: trio.Nursery, directory: Path) -> str | None:
     process = await run(
         nursery, [program, "--bind", HOST, "--port", str(port), "--dir", str(directory), "--save", ""]
     )
-    nursery.start_soon(drain, process.stdout)
+    nursery.start_soon(swallow, process.stdout)
     return f"redis://{HOST}:{port}/0"
 
 
-async def drain(stream: trio.abc.ReceiveStream) -> None:
-    """Read what a program prints, and drop it."""
-    while await stream.receive_some():
-        pass
+async def start_limited(nursery: trio.Nursery, backend: int, where: str, state: Path) -> tuple[int, Running]:
+    """Start a master with limits, and a worker that has its model from a backend.
+
+    Args:
+        nursery: ends them.
+        backend: the port of the backend.
+        where: the master keeps its limits: ``off``, ``memory``, or the URL of a Redis server.
+        state: the folder of the master.
+
+    Returns:
+        The port of the master's API, and the master.
+    """
+    port = free_port()
+    master = await start(nursery, "limited.py", port, where, state)
+    nursery.start_soon(drop, master.lines)
+    await start_node(nursery, "worker", HOST, str(port), "--serve", f"openai:http://{HOST}:{backend}/v1")
+    await wait_for_model(port)
+    return port, master
 
 
 async def compare(arguments: Any) -> None:
@@ -68,23 +84,17 @@ async def compare(arguments: Any) -> None:
             places["limits, in Redis"] = url
         systems: dict[str, tuple[int, int]] = {}
         for name, where in places.items():
-            port = free_port()
-            master = await start(nursery, "limited.py", port, where, directory / f"state-{port}")
-            nursery.start_soon(drop, master.lines)
-            serve = f"openai:http://{HOST}:{backend.port}/v1"
-            await start_node(nursery, "worker", HOST, str(port), "--serve", serve)
-            await wait_for_model(port)
+            state = directory / f"state-{len(systems)}"
+            port, master = await start_limited(nursery, backend.port, where, state)
             systems[name] = (port, master.pid)
         figures: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
         for number in range(arguments.rounds + 1):
             for name, (port, pid) in systems.items():
-                done, cpu, began = [0], cpu_seconds(pid), trio.current_time()
-                async with trio.open_nursery() as clients:
-                    for _ in range(16):
-                        clients.start_soon(ask, port, began + arguments.seconds, done)
+                cpu, began = cpu_seconds(pid), trio.current_time()
+                done = await ask_on_connections(port, arguments.seconds)
                 took = trio.current_time() - began
                 if number:  # the first round warms up
-                    figures[name].append((1e6 * (cpu_seconds(pid) - cpu) / done[0], done[0] / took))
+                    figures[name].append((1e6 * (cpu_seconds(pid) - cpu) / done, done / took))
     medians = {
         name: [statistics.median(column) for column in zip(*rows, strict=True)]
         for name, rows in figures.items()

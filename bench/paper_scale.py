@@ -30,10 +30,10 @@ from typing import Any
 import sqlalchemy.event
 import trio
 import trio.testing
-from limits import start_redis
+from limits import start_limited, start_redis
 from running import (
     HOST,
-    ask,
+    ask_on_connections,
     cpu_seconds,
     drop,
     free_port,
@@ -43,9 +43,7 @@ from running import (
     save,
     start,
     start_master,
-    start_node,
     table,
-    wait_for_model,
     weather,
 )
 from scale import MODELS, SHARE, numbers, start_workers
@@ -290,11 +288,7 @@ async def count_statements(seconds: float) -> Row:
             row["idle: statements/s"] = counts["statements"] / seconds
             row["idle: transactions/s"] = counts["transactions"] / seconds
             counts.update(statements=0, transactions=0)
-            done = [0]
-            async with trio.open_nursery() as clients:
-                for _ in range(8):
-                    clients.start_soon(ask, port, trio.current_time() + seconds, done)
-            row["requests/s"] = done[0] / seconds
+            row["requests/s"] = await ask_on_connections(port, seconds, 8) / seconds
             row["loaded: statements/s"] = counts["statements"] / seconds
             row["loaded: transactions/s"] = counts["transactions"] / seconds
             nursery.cancel_scope.cancel(reason="measured")
@@ -313,27 +307,18 @@ async def count_calls(seconds: float) -> Row | None:
                 return None
             backend = await start(nursery, "backend.py")
             nursery.start_soon(drop, backend.lines)
-            port = free_port()
-            master = await start(nursery, "limited.py", port, url, Path(place) / "state")
-            nursery.start_soon(drop, master.lines)
-            await start_node(
-                nursery, "worker", HOST, str(port), "--serve", f"openai:http://{HOST}:{backend.port}/v1"
-            )
-            await wait_for_model(port)
+            port, _ = await start_limited(nursery, backend.port, url, Path(place) / "state")
             redis = int(url.rsplit(":", 1)[1].split("/")[0])
             before = await script_calls(redis)
             await trio.sleep(seconds)
             idle = await script_calls(redis)
-            done = [0]
-            async with trio.open_nursery() as clients:
-                for _ in range(16):
-                    clients.start_soon(ask, port, trio.current_time() + seconds, done)
+            done = await ask_on_connections(port, seconds)
             loaded = await script_calls(redis)
             nursery.cancel_scope.cancel(reason="measured")
     return {
         "idle: calls/s": (idle[0] - before[0]) / seconds,
-        "calls for each request": (loaded[0] - idle[0]) / max(1, done[0]),
-        "us of the server for each request": (loaded[1] - idle[1]) / max(1, done[0]),
+        "calls for each request": (loaded[0] - idle[0]) / max(1, done),
+        "us of the server for each request": (loaded[1] - idle[1]) / max(1, done),
     }
 
 

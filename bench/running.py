@@ -111,7 +111,7 @@ async def start_node(nursery: trio.Nursery, *arguments: str, within: Sequence[st
     """Start a node of a cluster; ``within`` is as for :func:`start`."""
     command = [*within, sys.executable, str(HERE / "node.py"), *arguments, "--log-level", "error"]
     process = await run(nursery, command)
-    nursery.start_soon(_swallow, process.stdout)
+    nursery.start_soon(swallow, process.stdout)
     return process
 
 
@@ -128,7 +128,8 @@ async def wait_for_model(port: int, model: str = "bench") -> None:
             await trio.sleep(0.05)
 
 
-async def _swallow(stream: trio.abc.ReceiveStream) -> None:
+async def swallow(stream: trio.abc.ReceiveStream) -> None:
+    """Read what a program prints, and drop it."""
     async for _ in stream:
         pass
 
@@ -354,14 +355,21 @@ async def read_answer(stream: trio.abc.HalfCloseableStream) -> bytes:
     return b"".join(pieces)
 
 
-async def cost_of_requests(port: int, seconds: float, pids: Iterable[int], connections: int = 16) -> float:
-    """Return the CPU time of processes for each plain request."""
-    pids, done = list(pids), [0]
-    before = cpu_seconds(*pids)
+async def ask_on_connections(port: int, seconds: float, connections: int = 16) -> int:
+    """Ask for plain answers on several connections for some time, and return how many came."""
+    until, done = trio.current_time() + seconds, [0]
     async with trio.open_nursery() as nursery:
         for _ in range(connections):
-            nursery.start_soon(ask, port, trio.current_time() + seconds, done)
-    return (cpu_seconds(*pids) - before) / max(1, done[0])
+            nursery.start_soon(ask, port, until, done)
+    return done[0]
+
+
+async def cost_of_requests(port: int, seconds: float, pids: Iterable[int], connections: int = 16) -> float:
+    """Return the CPU time of processes for each plain request."""
+    pids = list(pids)
+    before = cpu_seconds(*pids)
+    done = await ask_on_connections(port, seconds, connections)
+    return (cpu_seconds(*pids) - before) / max(1, done)
 
 
 async def cost_of_get(port: int, path: str, pid: int, times: int = 20) -> float:

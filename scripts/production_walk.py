@@ -44,7 +44,7 @@ async def words(request):
         await trio.sleep(0.03)
 """
 
-#: What nginx needs around the part that docs/deployment.md shows.
+#: What nginx needs around the part that a page shows. (Another user would not get into a folder that is private.)
 NGINX: Final = """\
 user root;
 daemon off;
@@ -77,16 +77,17 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def nginx_in_page(beginning: str) -> str:
-    """Return the configuration in docs/deployment.md that begins so."""
-    page = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
-    (text,) = re.findall(rf"^```nginx\n({re.escape(beginning)}.*?)^```", page, re.M | re.S)
-    return str(text)
+def code_block(page: str, beginning: str) -> str:
+    """Return the only code block of a page in docs/ that begins so."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w+\n(.*?)^```", text, re.M | re.S)
+    (found,) = [block for block in blocks if block.startswith(beginning)]
+    return str(found)
 
 
 def nginx_configuration(folder: Path, *changes: tuple[str, str]) -> str:
     """Return the configuration of docs/deployment.md for two masters, with some changes of its text."""
-    text = nginx_in_page("upstream masters {")
+    text = code_block("deployment.md", "upstream masters {")
     live = "/etc/letsencrypt/live/api.example.net"
     certificate = (
         (f"{live}/fullchain.pem", f"{folder}/cert.pem"),
@@ -101,7 +102,7 @@ def nginx_configuration(folder: Path, *changes: tuple[str, str]) -> str:
 
 def tls_to_masters(folder: Path) -> tuple[str, str]:
     """Return the change of nginx's configuration for masters with TLS."""
-    text = nginx_in_page("proxy_pass https://masters;").rstrip()
+    text = code_block("deployment.md", "proxy_pass https://masters;").rstrip()
     return "proxy_pass http://masters;", text.replace("/etc/nginx/trio-cluster-ca.pem", f"{folder}/ca.pem")
 
 

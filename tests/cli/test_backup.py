@@ -111,20 +111,33 @@ def test_the_database_is_copied_while_it_is_written_to(main: Main, state: Path) 
     assert not list(Path("new").glob("*-wal"))
 
 
+def after_copies(monkeypatch: pytest.MonkeyPatch, count: int, do: Callable[[Path], object]) -> list[str]:
+    """Do something when a backup has copied so many files, with the last of them.
+
+    Returns:
+        The names of what has been copied so far.
+    """
+    copy, copied = module.shutil.copyfile, list[str]()
+
+    def copy_and_do(source: Path, target: Path) -> None:
+        copy(source, target)
+        copied.append(source.name)
+        if len(copied) == count:
+            do(source)
+
+    monkeypatch.setattr(module.shutil, "copyfile", copy_and_do)
+    return copied
+
+
 def test_a_file_that_is_replaced_meanwhile_is_read_again(
     main: Main, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, copied = module.shutil.copyfile, []
+    def compact(_: Path) -> None:
+        # A snapshot makes a log superfluous, after both were read.
+        StateDir(state).write("limits.json", b"4")
+        (state / "limits.3.log").unlink()
 
-    def slow(source: Path, target: Path) -> None:
-        copy(source, target)
-        copied.append(source.name)
-        if len(copied) == 2:
-            # A snapshot makes a log superfluous, after both were read.
-            StateDir(state).write("limits.json", b"4")
-            (state / "limits.3.log").unlink()
-
-    monkeypatch.setattr(module.shutil, "copyfile", slow)
+    after_copies(monkeypatch, 2, compact)
     assert main("backup", "b.tar.gz", "--state-dir", str(state))[0] == 0
     with tarfile.open("b.tar.gz") as tar:
         assert tar.getnames()[1:] == ["state/accounts.db", "state/authority.json", "state/limits.json"]
@@ -133,20 +146,15 @@ def test_a_file_that_is_replaced_meanwhile_is_read_again(
 def test_a_file_that_is_replaced_twice_meanwhile_is_read_again(
     main: Main, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, copied = module.shutil.copyfile, []
+    def replace(source: Path) -> None:
+        number = source.stat().st_ino
+        # Most file systems give the number of a file that is gone to the next one.
+        for _ in range(20):
+            StateDir(state).write(source.name, b"replaced")
+            if source.stat().st_ino == number:
+                break
 
-    def slow(source: Path, target: Path) -> None:
-        copy(source, target)
-        copied.append(source.name)
-        if len(copied) == 1:
-            number = source.stat().st_ino
-            # Most file systems give the number of a file that is gone to the next one.
-            for _ in range(20):
-                StateDir(state).write(source.name, b"replaced")
-                if source.stat().st_ino == number:
-                    break
-
-    monkeypatch.setattr(module.shutil, "copyfile", slow)
+    copied = after_copies(monkeypatch, 1, replace)
     assert main("backup", "b.tar.gz", "--state-dir", str(state))[0] == 0
     with tarfile.open("b.tar.gz") as tar:
         file = tar.extractfile(f"state/{copied[0]}")

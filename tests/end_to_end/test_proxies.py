@@ -23,6 +23,7 @@ import attrs
 import httpx
 import pytest
 import trio
+from production_walk import NGINX, code_block
 from scripted import Trace, add_models
 from served import Served, chat, open_served, until
 
@@ -36,34 +37,6 @@ pytestmark = [
 ]
 
 needs_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-
-DOCS: Final = Path(__file__).parents[2] / "docs"
-
-#: What nginx needs around the part that a page shows.
-NGINX: Final = """\
-daemon off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{}}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    {text}
-}}
-"""
-
-
-def fence(page: str, beginning: str) -> str:
-    """Return the only code block of a page that begins with a text."""
-    blocks = re.findall(r"^```\w+\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
-    (found,) = [block for block in blocks if block.startswith(beginning)]
-    assert isinstance(found, str)
-    return found
 
 
 def unused_port() -> int:
@@ -113,7 +86,7 @@ def nginx_deployment(folder: Path, upstream: int, port: int) -> tuple[list[str],
     cert, key = certificate(folder)
     live = "/etc/letsencrypt/live/api.example.net"
     text = replaced(
-        fence("deployment.md", "limit_req_zone"),
+        code_block("deployment.md", "limit_req_zone"),
         listen=("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
         cert=(f"{live}/fullchain.pem", str(cert)),
         key=(f"{live}/privkey.pem", str(key)),
@@ -128,7 +101,7 @@ def nginx_two_masters(
     cert, key = certificate(folder)
     live = "/etc/letsencrypt/live/api.example.net"
     text = replaced(
-        fence("deployment.md", "upstream masters {"),
+        code_block("deployment.md", "upstream masters {"),
         listen=("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
         cert=(f"{live}/fullchain.pem", str(cert)),
         key=(f"{live}/privkey.pem", str(key)),
@@ -169,7 +142,7 @@ def _listens(port: int) -> bool:
 
 def nginx_cluster(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
     location = replaced(
-        fence("cluster.md", "location / {"),
+        code_block("cluster.md", "location / {"),
         upstream=("http://127.0.0.1:8080", f"http://127.0.0.1:{upstream}"),
     )
     text = f"server {{ listen 127.0.0.1:{port}; {location} }}"
@@ -190,7 +163,7 @@ def caddy(folder: Path, upstream: int, port: int) -> tuple[list[str], str]:
         pytest.skip("caddy is not installed")
     cert, key = certificate(folder)
     text = replaced(
-        fence("deployment.md", "api.example.net {"),
+        code_block("deployment.md", "api.example.net {"),
         site=("api.example.net {", f"https://127.0.0.1:{port} {{\n    tls {cert} {key}\n    bind 127.0.0.1"),
         upstream=("reverse_proxy 127.0.0.1:8080", f"reverse_proxy 127.0.0.1:{upstream}"),
     )
@@ -384,7 +357,7 @@ async def test_nginx_verifies_masters_by_the_authority_of_their_cluster(
         assert master.port is not None
         ports[name] = master.port
     tls = replaced(
-        fence("deployment.md", "proxy_pass https://masters;"),
+        code_block("deployment.md", "proxy_pass https://masters;"),
         ca=("/etc/nginx/trio-cluster-ca.pem", f"{tmp_path}/a/ca.pem"),
     )
     for pair, status in ((("a", "b"), 200), (("other", "other"), 502)):
@@ -415,7 +388,7 @@ async def test_a_key_is_needed_and_a_refusal_passes(proxy: Proxy) -> None:
 
 def test_the_container_file_has_only_known_instructions_and_a_command_that_is_understood() -> None:
     # Nothing on a usual machine checks such a file without building it; this is no more than a reading of it.
-    lines = [line.partition(" ") for line in fence("install.md", "FROM ").splitlines()]
+    lines = [line.partition(" ") for line in code_block("install.md", "FROM ").splitlines()]
     assert {name for name, _, _ in lines} <= {
         "FROM",
         "COPY",

@@ -11,6 +11,7 @@ from typing import Any, Final
 import attrs
 import pytest
 import trio
+from scripted_replica import Scripted
 from trio.testing import MockClock
 
 from trio_cluster import ApiError
@@ -24,7 +25,6 @@ from trio_cluster.core.request import Request
 from trio_cluster.gateway.deadlines import ResponseDeadlines
 from trio_cluster.gateway.hedge import first_event
 from trio_cluster.options import ClusterServerOptions
-from trio_cluster.routing.health import Health
 from trio_cluster.routing.hedging import ENOUGH
 from trio_cluster.routing.router import Router
 from trio_cluster.testing import Response, SimulatedCluster, open_cluster, settle, worker
@@ -358,18 +358,6 @@ async def test_the_budget_bounds_second_attempts_if_everything_is_slow(autojump_
             await stage.ask()
         # Two were saved up by the lessons; what is late is learned anew after ten answers.
         assert stage.hedges[0] - before == 2
-
-
-@attrs.define(eq=False)
-class Scripted:
-    """A replica whose calls are answered by the test."""
-
-    name: str
-    load: float = 0.0
-    health: Health = attrs.field(factory=Health)
-
-    def open(self, request: Request) -> Call:
-        return Call(request, served_by=self.name)
 
 
 @attrs.define

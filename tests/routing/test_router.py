@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import attrs
 import pytest
 import trio
+from scripted_replica import Scripted
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_cluster.core import clock
@@ -28,24 +29,7 @@ from trio_cluster.errors import (
 )
 from trio_cluster.routing.backend import Backend
 from trio_cluster.routing.catalog import NameTaken
-from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
-
-
-@attrs.define(eq=False)
-class Scripted:
-    """A backend whose calls are ended by the test."""
-
-    name: str
-    load: float = 0.0
-    elsewhere: int = 0
-    health: Health = attrs.field(factory=Health)
-    calls: list[Call] = attrs.field(factory=list)
-
-    def open(self, request: Request) -> Call:
-        call = Call(request, served_by=self.name)
-        self.calls.append(call)
-        return call
 
 
 def request(model: str = "m", kind: str = "chat") -> Request:

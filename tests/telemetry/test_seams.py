@@ -8,11 +8,11 @@ from typing import Any
 import attrs
 import pytest
 import trio
+from scripted_replica import Scripted
 from trio.testing import MockClock
 
 from trio_cluster import ChatRequest, ClusterServer, from_asyncio
 from trio_cluster.core.answer import Failed, Head
-from trio_cluster.core.call import Call
 from trio_cluster.core.model import ModelInfo
 from trio_cluster.core.request import Request
 from trio_cluster.core.story import StoryFacts
@@ -20,7 +20,6 @@ from trio_cluster.errors import Overloaded
 from trio_cluster.gateway.context import RequestContext
 from trio_cluster.gateway.stories import Stories
 from trio_cluster.options import ClusterServerOptions
-from trio_cluster.routing.health import Health
 from trio_cluster.routing.router import Router
 from trio_cluster.testing import open_cluster, worker
 
@@ -56,24 +55,11 @@ class Tracer:
         return attrs.evolve(request, headers=headers, trace=self.opened[-1])
 
 
-@attrs.define(eq=False)
-class Replica:
-    name: str
-    load: float = 0.0
-    elsewhere: int = 0
-    health: Health = attrs.field(factory=Health)
-    calls: list[Call] = attrs.field(factory=list)
-
-    def open(self, request: Request) -> Call:
-        self.calls.append(Call(request, served_by=self.name))
-        return self.calls[-1]
-
-
 def two_replicas() -> tuple[Router, Tracer]:
     router = Router()
     router.tracer = tracer = Tracer()
     for name in ("w1", "w2"):
-        router.catalog.add(ModelInfo("m", "chat"), Replica(name), replicate=True)
+        router.catalog.add(ModelInfo("m", "chat"), Scripted(name), replicate=True)
     return router, tracer
 
 
@@ -93,7 +79,7 @@ async def test_every_attempt_at_a_request_has_a_trace_below_that_of_the_request(
 
 async def test_the_next_name_of_an_alias_has_the_trace_of_the_request() -> None:
     router, tracer = two_replicas()
-    router.catalog.add(ModelInfo("n", "chat"), Replica("w1"))
+    router.catalog.add(ModelInfo("n", "chat"), Scripted("w1"))
     following = Request("chat.completions", "chat", "n", b"{}", alias="a")
     call = router.open(
         Request("chat.completions", "chat", "m", b"{}", alias="a", otherwise=lambda: following)
