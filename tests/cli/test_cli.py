@@ -589,11 +589,11 @@ def test_the_file_may_name_the_application_and_the_masters(
     file = place / "c.toml"
     file.write_text("app = 'models:server'\n[worker]\nmasters = ['a.lan', 'b.lan:9000']\n")
     given = arguments.parse_arguments([*words, "--config", str(file)])
-    arguments.add_place(given)
+    arguments.add_node_settings(given)
     assert (given.app, getattr(given, "master_host", None)) == (app, host)
     # A program that is an application itself is not replaced by that of the file.
     given = arguments.parse_arguments([*words[:1], "--config", str(file)])
-    arguments.add_place(given, is_application=True)
+    arguments.add_node_settings(given, is_application=True)
     assert given.app is None
 
 

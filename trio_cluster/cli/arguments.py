@@ -27,10 +27,10 @@ from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
 from .commit import commit_of_installation
-from .settings import SECRET_FILES, load_options, load_place, load_process_settings, load_serve_tables
+from .settings import SECRET_FILES, load_node_settings, load_options, load_process_settings, load_serve_tables
 
 __all__ = [
-    "add_place",
+    "add_node_settings",
     "arguments_of",
     "config_file",
     "log_settings",
@@ -780,24 +780,24 @@ def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:
     )
 
 
-def add_place(arguments: argparse.Namespace, *, is_application: bool = False) -> None:
-    """Put the application and the masters that the file names into the arguments of a node that do not say them.
+def add_node_settings(arguments: argparse.Namespace, *, is_application: bool = False) -> None:
+    """Put the application and the masters that the file names into arguments that name none. Blocks.
 
     Args:
         arguments: from :func:`parse_arguments`; not changed if they are of a command that starts no node.
-        is_application: the program is an application itself, and needs none of the file.
+        is_application: the program is an application itself; the file's does not take its place.
     """
     if arguments.command not in _SERVING:
         return
-    place = load_place(config_file(arguments))
+    node = load_node_settings(config_file(arguments))
     if arguments.app is None and not is_application:
-        arguments.app = place.app
+        arguments.app = node.app
     if arguments.command == "worker" and (arguments.master_host, arguments.masters_from, arguments.join) == (
         None,
         None,
         None,
     ):
-        arguments.master_host = place.masters
+        arguments.master_host = node.masters
 
 
 def config_file(arguments: argparse.Namespace) -> Path | None:

@@ -52,7 +52,7 @@ from ..options import ClusterMode, ClusterServerOptions
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
 from .arguments import (
-    add_place,
+    add_node_settings,
     config_file,
     log_settings,
     master_addresses,
@@ -124,7 +124,7 @@ def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
     try:
         arguments = parse_arguments(argv, None if application is None else Path(sys.argv[0]).name or "python")
         arguments.application = application
-        add_place(arguments, is_application=application is not None)
+        add_node_settings(arguments, is_application=application is not None)
         arguments.argv = None if argv is None else list(argv)
         level, log_format = log_settings(arguments)
         debug = level == "debug"

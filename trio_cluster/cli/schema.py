@@ -29,8 +29,8 @@ from .settings import (
     PROCESS_SETTINGS,
     SECRET_FILES,
     WORKER_OPTIONS,
+    load_node_settings,
     load_options,
-    load_place,
     load_process_settings,
     load_serve_tables,
 )
@@ -169,16 +169,16 @@ def describe_configuration(file: Path) -> str:
             raise OptionsError(
                 f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
             )
-    settings, place = load_process_settings(file), load_place(file)
+    settings, node = load_process_settings(file), load_node_settings(file)
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
-        *([] if place.app is None else [f"  - serves the models of the application {place.app}"]),
+        *([] if node.app is None else [f"  - serves the models of the application {node.app}"]),
         *(f"  - serves {_served(spec)}" for spec in specs),
         *(
             []
-            if place.masters is None
-            else [f"  - as a worker, links to {place.masters.replace(',', ' and ')}"]
+            if node.masters is None
+            else [f"  - as a worker, links to {node.masters.replace(',', ' and ')}"]
         ),
         "",
     ]
