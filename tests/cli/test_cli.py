@@ -602,3 +602,12 @@ def test_a_worker_serves_what_the_file_says(main: Main, place: Path) -> None:
     code, _, err = main("worker", "--config", "c.toml")
     assert code == 2
     assert "no_such_module" in one_line(err)
+    # The error names the place to correct.
+    assert one_line(err).startswith("c.toml: app: there is no module")
+
+
+def test_a_wrong_address_in_the_file_is_reported_as_one_of_the_file(main: Main, place: Path) -> None:
+    (place / "c.toml").write_text("[worker]\nmasters = ['ftp://a.lan']\n")
+    code, _, err = main("worker", "--serve", "llama:m", "--config", "c.toml")
+    assert code == 2
+    assert one_line(err).startswith("c.toml: worker.masters: expected")

@@ -25,6 +25,7 @@ from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET, shown_address
 from ..options import ClusterServerOptions, ServerOptions, is_secret, option_schema, when_applied
 from ..security.contexts import client_context, server_context
+from .arguments import master_addresses
 from .settings import (
     PROCESS_SETTINGS,
     SECRET_FILES,
@@ -170,6 +171,8 @@ def describe_configuration(file: Path) -> str:
                 f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
             )
     settings, node = load_process_settings(file), load_node_settings(file)
+    if node.masters is not None:
+        master_addresses(node.masters, None, f"{file}: worker.masters")
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
