@@ -589,11 +589,11 @@ def test_the_file_may_name_the_application_and_the_masters(
     file = place / "c.toml"
     file.write_text("app = 'models:server'\n[worker]\nmasters = ['a.lan', 'b.lan:9000']\n")
     given = arguments.parse_arguments([*words, "--config", str(file)])
-    arguments.add_place(given)
+    arguments.add_node_settings(given)
     assert (given.app, getattr(given, "master_host", None)) == (app, host)
     # A program that is an application itself is not replaced by that of the file.
     given = arguments.parse_arguments([*words[:1], "--config", str(file)])
-    arguments.add_place(given, is_application=True)
+    arguments.add_node_settings(given, is_application=True)
     assert given.app is None
 
 
@@ -602,3 +602,12 @@ def test_a_worker_serves_what_the_file_says(main: Main, place: Path) -> None:
     code, _, err = main("worker", "--config", "c.toml")
     assert code == 2
     assert "no_such_module" in one_line(err)
+    # The error names the place to correct.
+    assert one_line(err).startswith("c.toml: app: there is no module")
+
+
+def test_a_wrong_address_in_the_file_is_reported_as_one_of_the_file(main: Main, place: Path) -> None:
+    (place / "c.toml").write_text("[worker]\nmasters = ['ftp://a.lan']\n")
+    code, _, err = main("worker", "--serve", "llama:m", "--config", "c.toml")
+    assert code == 2
+    assert one_line(err).startswith("c.toml: worker.masters: expected")

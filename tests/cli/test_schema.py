@@ -210,6 +210,14 @@ def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: 
             "[worker]\nmasters = 'a.lan'",
             "c.toml: worker.masters: expected a list of addresses, such as ['a.lan:80",
         ),
+        (
+            "[worker]\nmasters = ['a.lan', 'ftp://b.lan']",
+            "c.toml: worker.masters: expected the master's name or address, host:port or a URL",
+        ),
+        (
+            "[worker]\nmasters = ['a.lan', 'https://b.lan']",
+            "c.toml: worker.masters: either all masters speak TLS, or none does",
+        ),
         ("[master]\nport = 1", "c.toml: master: unknown key; there are the tables [server], [worker]"),
         (
             "[server]\nport = 65000",

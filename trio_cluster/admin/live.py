@@ -344,11 +344,11 @@ def live_models(status: StatusView, router: Router, stats: RequestStats) -> dict
                     state is not None,
                     backend.health.available,
                     in_flight[name, backend.name],
-                    _speed(speeds.get(backend.name)),
+                    _rounded(speeds.get(backend.name)),
                 )
             )
         replicas.sort(key=lambda replica: replica.node)
-        prompt_tokens, cached_tokens, stream_speed, token_size = stats.tokens_of(name)
+        tokens = stats.tokens_of(name)
         failed = bool(replicas) and all(replica.state == "failed" for replica in replicas)
         items[name] = _encode(
             model
@@ -358,16 +358,16 @@ def live_models(status: StatusView, router: Router, stats: RequestStats) -> dict
                 "replicas": replicas,
                 "in_flight": sum(replica.in_flight for replica in replicas),
                 # Routing only measures where there is a choice.
-                "tokens_per_second": _speed(stream_speed if usual is None else usual),
-                "bytes_per_token": None if token_size is None else float(f"{token_size:.2g}"),
-                "prompt_tokens": prompt_tokens,
-                "cached_tokens": cached_tokens,
+                "tokens_per_second": _rounded(tokens.tokens_per_second if usual is None else usual),
+                "bytes_per_token": _rounded(tokens.bytes_per_token, digits=2),
+                "prompt_tokens": tokens.input_tokens,
+                "cached_tokens": tokens.cached_tokens,
                 "aliases": aliases.get(name, []),
             }
         )
     return items
 
 
-def _speed(tokens: float | None) -> float | None:
-    """Round a speed to three digits."""
-    return None if tokens is None else float(f"{tokens:.3g}")
+def _rounded(value: float | None, digits: int = 3) -> float | None:
+    """Round to some digits that count, so that what is measured anew each time does not always change."""
+    return None if value is None else float(f"{value:.{digits}g}")

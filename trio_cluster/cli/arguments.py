@@ -27,10 +27,10 @@ from ..errors import OptionsError
 from ..options import ClusterServerOptions, ServerOptions
 from . import logs
 from .commit import commit_of_installation
-from .settings import SECRET_FILES, load_options, load_place, load_process_settings, load_serve_tables
+from .settings import SECRET_FILES, load_node_settings, load_options, load_process_settings, load_serve_tables
 
 __all__ = [
-    "add_place",
+    "add_node_settings",
     "arguments_of",
     "config_file",
     "log_settings",
@@ -436,6 +436,8 @@ def _add_option(
 
 
 def _add_serving_flags(parser: argparse.ArgumentParser, *, master: bool, worker: bool) -> None:
+    # Where the application and the masters are given, unless `add_node_settings` takes them from the file.
+    parser.set_defaults(app_label="--app", host_label="HOST")
     models = parser.add_argument_group("models")
     models.add_argument(
         "-a", "--app", metavar="MODULE:ATTRIBUTE", help="a ClusterServer with registered models"
@@ -683,11 +685,12 @@ def _listen_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def master_host(text: str) -> str:
+def master_host(text: str, label: str = "HOST") -> str:
     """Return the host of the master's machine.
 
     Args:
         text: what was given as HOST: a name or an address, an IPv6 address with or without brackets.
+        label: where it was given; begins the message of an error.
 
     Returns:
         The name or address, without brackets.
@@ -701,17 +704,18 @@ def master_host(text: str) -> str:
     except ValueError:
         if not _HOST_NAME.fullmatch(host) or host.isdigit():
             raise OptionsError(
-                f"HOST: expected the master's name or address, and PORT after it, got {text!r}"
+                f"{label}: expected the master's name or address, and PORT after it, got {text!r}"
             ) from None
     return host
 
 
-def master_address(text: str) -> tuple[str, int | None, bool]:
+def master_address(text: str, label: str = "HOST") -> tuple[str, int | None, bool]:
     """Return the host of the master's machine, the port of its API, and whether it is to be connected to with TLS.
 
     Args:
         text: what was given as HOST: a host as for :func:`master_host`, ``host:port``, or a URL, with or without
             ``/v1``.
+        label: where it was given; begins the message of an error.
 
     Returns:
         The host without brackets; the port, ``None`` if there is none in it; and whether it is an ``https`` URL.
@@ -720,12 +724,12 @@ def master_address(text: str) -> tuple[str, int | None, bool]:
         OptionsError: it is none of these, or a URL with another scheme than ``http`` or ``https``.
     """
     expected = OptionsError(
-        f"HOST: expected the master's name or address, host:port or a URL such as http://master:8080, got {text!r}"
+        f"{label}: expected the master's name or address, host:port or a URL such as http://master:8080, got {text!r}"
     )
     is_url = "://" in text
     # A bare IPv6 address has colons, and no port.
     if not is_url and (text.count(":") != 1 and "]:" not in text):
-        return master_host(text), None, False
+        return master_host(text, label), None, False
     try:
         parts = urlsplit(text if is_url else f"http://{text}")
         host, port = parts.hostname, parts.port
@@ -737,15 +741,18 @@ def master_address(text: str) -> tuple[str, int | None, bool]:
     if port is None and not is_url:
         raise expected
     tls = parts.scheme == "https"
-    return master_host(host), port or (443 if tls else 80), tls
+    return master_host(host, label), port or (443 if tls else 80), tls
 
 
-def master_addresses(text: str, port: int | None) -> tuple[list[tuple[str, int | None]], bool]:
+def master_addresses(
+    text: str, port: int | None, label: str = "HOST"
+) -> tuple[list[tuple[str, int | None]], bool]:
     """Return the hosts of the masters' machines and the ports of their APIs, and whether they are reached with TLS.
 
     Args:
         text: what was given as HOST: addresses as for :func:`master_address`, with commas between them.
         port: what was given as PORT; ``None`` if it was not.
+        label: where the addresses were given; begins the message of an error.
 
     Returns:
         For each the host without brackets, and the port; ``None`` if there is none. And whether they are ``https``
@@ -757,13 +764,13 @@ def master_addresses(text: str, port: int | None) -> tuple[list[tuple[str, int |
     masters: list[tuple[str, int | None]] = []
     encrypted: set[bool] = set()
     for address in text.split(","):
-        host, own_port, tls = master_address(address.strip())
+        host, own_port, tls = master_address(address.strip(), label)
         if own_port is not None and port not in (None, own_port):
             raise OptionsError(f"PORT: {port} is not the port of {address.strip()}; give the port once")
         masters.append((host, port if own_port is None else own_port))
         encrypted.add(tls)
     if len(encrypted) > 1:
-        raise OptionsError("HOST: either all masters speak TLS, or none does")
+        raise OptionsError(f"{label}: either all masters speak TLS, or none does")
     return masters, encrypted.pop()
 
 
@@ -780,24 +787,24 @@ def log_settings(arguments: argparse.Namespace) -> tuple[str, str]:
     )
 
 
-def add_place(arguments: argparse.Namespace, *, is_application: bool = False) -> None:
-    """Put the application and the masters that the file names into the arguments of a node that do not say them.
+def add_node_settings(arguments: argparse.Namespace, *, is_application: bool = False) -> None:
+    """Put the application and the masters that the file names into arguments that name none. Blocks.
 
     Args:
-        arguments: from :func:`parse_arguments`; not changed if they are of a command that starts no node.
-        is_application: the program is an application itself, and needs none of the file.
+        arguments: from :func:`parse_arguments`; not changed if they are of a command that starts no node. Its
+            ``app_label`` and ``host_label`` say where application and masters were given, for the messages of errors.
+        is_application: the program is an application itself; the file's does not take its place.
     """
     if arguments.command not in _SERVING:
         return
-    place = load_place(config_file(arguments))
-    if arguments.app is None and not is_application:
-        arguments.app = place.app
-    if arguments.command == "worker" and (arguments.master_host, arguments.masters_from, arguments.join) == (
-        None,
-        None,
-        None,
-    ):
-        arguments.master_host = place.masters
+    config = config_file(arguments)
+    node = load_node_settings(config)
+    if node.app is not None and arguments.app is None and not is_application:
+        arguments.app, arguments.app_label = node.app, f"{config}: app"
+    if node.masters is None or arguments.command != "worker":
+        return
+    if arguments.master_host is arguments.masters_from is arguments.join is None:
+        arguments.master_host, arguments.host_label = node.masters, f"{config}: worker.masters"
 
 
 def config_file(arguments: argparse.Namespace) -> Path | None:

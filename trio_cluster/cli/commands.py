@@ -52,7 +52,7 @@ from ..options import ClusterMode, ClusterServerOptions
 from . import account_commands, logs
 from .admin_client import DEFAULT_PORT, NodeAddress, node_url, printable, request_json
 from .arguments import (
-    add_place,
+    add_node_settings,
     config_file,
     log_settings,
     master_addresses,
@@ -124,7 +124,7 @@ def _main(argv: Sequence[str] | None, application: ClusterServer | None) -> int:
     try:
         arguments = parse_arguments(argv, None if application is None else Path(sys.argv[0]).name or "python")
         arguments.application = application
-        add_place(arguments, is_application=application is not None)
+        add_node_settings(arguments, is_application=application is not None)
         arguments.argv = None if argv is None else list(argv)
         level, log_format = log_settings(arguments)
         debug = level == "debug"
@@ -335,7 +335,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             run = partial(server.run_as_worker, **named, tls=arguments.connect_tls)
             return _serve(server, run, arguments)
         arguments.master_host = "127.0.0.1"
-    given, tls = master_addresses(arguments.master_host, arguments.port)
+    given, tls = master_addresses(arguments.master_host, arguments.port, arguments.host_label)
     tls = tls or arguments.connect_tls
     if arguments.port is None and given[0][1] is not None:
         arguments.port = given[0][1]
@@ -452,7 +452,7 @@ def _server(arguments: argparse.Namespace) -> ClusterServer:
     if arguments.app is None and arguments.application is None:
         server = ClusterServer(options_from(arguments))
     else:
-        server = arguments.application or _load_app(arguments.app)
+        server = arguments.application or _load_app(arguments.app, arguments.app_label)
         base = server.options
         server.options = options_from(arguments, base=base)
     if (file := config_file(arguments)) is not None:
@@ -498,12 +498,17 @@ def _use_activated_sockets(server: ClusterServer) -> None:
         server.network = ActivatedNetwork(sockets, (port, internal_port))
 
 
-def _load_app(text: str) -> ClusterServer:
-    """Import the application that ``--app`` names. The current directory is searched first, as for a script."""
+def _load_app(text: str, label: str) -> ClusterServer:
+    """Import an application. The current directory is searched first, as for a script.
+
+    Args:
+        text: ``MODULE:ATTRIBUTE``.
+        label: where it was given; begins the messages of errors.
+    """
     module_name, _, attribute = text.partition(":")
     names = [*module_name.split("."), *attribute.split(".")]
     if not all(map(str.isidentifier, names)) or module_name.endswith(".py"):
-        raise OptionsError(f"--app: expected MODULE:ATTRIBUTE, for instance app:server, got {text!r}")
+        raise OptionsError(f"{label}: expected MODULE:ATTRIBUTE, for instance app:server, got {text!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -514,7 +519,7 @@ def _load_app(text: str) -> ClusterServer:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise OptionsError(
-            f"--app: there is no module {error.name!r}, neither in {here} nor installed; start in its directory"
+            f"{label}: there is no module {error.name!r}, neither in {here} nor installed; start in its directory"
         ) from error
     from ..server import ClusterServer
 
@@ -523,9 +528,9 @@ def _load_app(text: str) -> ClusterServer:
         try:
             found = getattr(found, name)
         except AttributeError as error:
-            raise OptionsError(f"--app: module {module_name!r} has no attribute {attribute!r}") from error
+            raise OptionsError(f"{label}: module {module_name!r} has no attribute {attribute!r}") from error
     if not isinstance(found, ClusterServer):
-        raise OptionsError(f"--app: {text} is of type {type(found).__name__}, not a ClusterServer")
+        raise OptionsError(f"{label}: {text} is of type {type(found).__name__}, not a ClusterServer")
     return found
 
 

@@ -27,7 +27,7 @@ from ..errors import ClusterError
 from ..options import ClusterServerOptions, OptionChange, Reloaded, assign_option, changed_options
 from . import logs
 from .schema import shown_value
-from .settings import load_place
+from .settings import load_node_settings
 
 if TYPE_CHECKING:
     # For the type: a command that only asks a node does not import a server.
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _LOG: Final = ("log_level", "log_format")
 _SERVE: Final = "serve"
-_PLACE: Final = ("app", "worker.masters")
+_NODE: Final = ("app", "worker.masters")
 
 
 class Configuration:
@@ -73,7 +73,7 @@ class Configuration:
         self._read_log = read_log
         self._read_engines = read_engines
         self._engines = read_engines()
-        self._place = load_place(file)
+        self._node = load_node_settings(file)
         self._one_at_a_time = trio.Lock()
 
     async def reload(self) -> Reloaded:
@@ -87,12 +87,12 @@ class Configuration:
         """
         async with self._one_at_a_time:
             try:
-                options, log, engines, place = await start_in_thread(
+                options, log, engines, node = await start_in_thread(
                     lambda: (
                         self._read_options(),
                         self._read_log(),
                         self._read_engines(),
-                        load_place(self._file),
+                        load_node_settings(self._file),
                     )
                 )
                 changes = [
@@ -111,12 +111,12 @@ class Configuration:
                 changes += [
                     OptionChange(name, before, after, "after a restart")
                     for name, before, after in zip(
-                        _PLACE, attrs.astuple(self._place), attrs.astuple(place), strict=True
+                        _NODE, attrs.astuple(self._node), attrs.astuple(node), strict=True
                     )
                     if before != after
                 ]
                 certificates = await self._server.apply_changes(
-                    [change for change in changes if change.option not in (*_LOG, _SERVE, *_PLACE)]
+                    [change for change in changes if change.option not in (*_LOG, _SERVE, *_NODE)]
                 )
             except ClusterError as error:
                 logger.error("the new configuration is not used, and nothing has changed: %s", error)

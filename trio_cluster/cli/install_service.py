@@ -40,7 +40,7 @@ from .arguments import (
     serve_tables,
 )
 from .service_files import Service, is_as_written, launchd_plist, systemd_units
-from .settings import SECRET_FILES, load_place
+from .settings import SECRET_FILES, load_node_settings
 
 __all__ = ["check_reachable", "install_service"]
 
@@ -144,7 +144,7 @@ def _service(
     """Return what is to run, and the secrets that are to be written, by the name of the option."""
     node: Literal["master", "worker"] = arguments.node
     given = parse_arguments([node, *arguments.arguments])
-    app = given.app or load_place(config_file(given)).app
+    app = given.app or load_node_settings(config_file(given)).app
     _check_environment()
     options = options_from(_without_missing_secrets(given))
     has_models = bool(app or given.serve or serve_tables(given))

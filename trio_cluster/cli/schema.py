@@ -25,12 +25,13 @@ from ..errors import ClusterError, OptionsError
 from ..net.sockets import INTERNAL_OFFSET, shown_address
 from ..options import ClusterServerOptions, ServerOptions, is_secret, option_schema, when_applied
 from ..security.contexts import client_context, server_context
+from .arguments import master_addresses
 from .settings import (
     PROCESS_SETTINGS,
     SECRET_FILES,
     WORKER_OPTIONS,
+    load_node_settings,
     load_options,
-    load_place,
     load_process_settings,
     load_serve_tables,
 )
@@ -169,16 +170,18 @@ def describe_configuration(file: Path) -> str:
             raise OptionsError(
                 f"{where}: it needs {format_size(need)} of memory, and memory is {options.memory}"
             )
-    settings, place = load_process_settings(file), load_place(file)
+    settings, node = load_process_settings(file), load_node_settings(file)
+    if node.masters is not None:
+        master_addresses(node.masters, None, f"{file}: worker.masters")
     lines = [
         f"{file} has no errors. A node with it:",
         *(f"  - {line}" for line in _consequences(options)),
-        *([] if place.app is None else [f"  - serves the models of the application {place.app}"]),
+        *([] if node.app is None else [f"  - serves the models of the application {node.app}"]),
         *(f"  - serves {_served(spec)}" for spec in specs),
         *(
             []
-            if place.masters is None
-            else [f"  - as a worker, links to {place.masters.replace(',', ' and ')}"]
+            if node.masters is None
+            else [f"  - as a worker, links to {node.masters.replace(',', ' and ')}"]
         ),
         "",
     ]

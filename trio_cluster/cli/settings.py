@@ -11,8 +11,10 @@ once. The two options classes have no field name in common, so that environment 
 A secret may be given in a file of its own, as containers get them: each source takes ``api_key_file`` beside
 ``api_key``, and so on. To the tree it is the same setting, with another label.
 
-The file also has settings of the process that are not options of a server (:data:`PROCESS_SETTINGS`): the log belongs
-to the whole process, and so to the command line.
+The file also has settings that are not options of a server, but of the command line: those of the whole process, which
+the log belongs to (:data:`PROCESS_SETTINGS`); what a node serves and which masters it links to
+(:class:`NodeSettings`); and the engines, ``[[serve]]``. Each has a function that reads it. What is wrong with the first
+two is for :func:`load_options` to report, so that there is one error for the whole file.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ __all__ = [
     "PROCESS_SETTINGS",
     "SECRET_FILES",
     "WORKER_OPTIONS",
-    "Place",
+    "NodeSettings",
+    "load_node_settings",
     "load_options",
-    "load_place",
     "load_process_settings",
     "load_serve_tables",
 ]
@@ -63,8 +65,8 @@ PROCESS_SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "log_format": logs.FORMATS,
 }
 
-#: What else the file may have instead of the command line: the application at its top level, and the masters in its
-#: table ``[worker]``.
+#: The names of :class:`NodeSettings`: the application stands at the top level, and the masters in the table
+#: ``[worker]``.
 _APP: Final = "app"
 _MASTERS: Final = "masters"
 
@@ -191,34 +193,34 @@ def load_process_settings(config: Path | None) -> dict[str, str]:
 
 
 @attrs.frozen
-class Place:
-    """What a file says of a node that is no option of a server.
+class NodeSettings:
+    """What a file says in the place of arguments of the command line: what a node serves, and its masters.
 
     Attributes:
-        app: the application, as for ``--app``; ``None``: the file names none.
-        masters: the addresses of a worker's masters, with commas between them, as for HOST; ``None``: it names none.
+        app: the application, as for ``--app``; ``None``: the file does not say.
+        masters: the addresses of a worker's masters, with commas between them, as for HOST; ``None``: it does not say.
     """
 
     app: str | None = None
     masters: str | None = None
 
 
-def load_place(config: Path | None) -> Place:
-    """Return the application and the masters that a file names.
+def load_node_settings(config: Path | None) -> NodeSettings:
+    """Return the application and the masters that a file names. Blocks.
 
     Args:
         config: the file; ``None``: there is none.
 
     Returns:
-        What is there and valid. What is wrong with the file is for :func:`load_options` to report.
+        What is there and has the right form. What is wrong with the file is for :func:`load_options` to report.
     """
     try:
         content = _parse_file(config)
     except OptionsError:
-        return Place()
+        return NodeSettings()
     worker = content.get("worker")
     app, masters = content.get(_APP), worker.get(_MASTERS) if isinstance(worker, dict) else None
-    return Place(
+    return NodeSettings(
         app if _is_app(app) else None,
         ",".join(masters) if _are_masters(masters) else None,
     )
@@ -256,7 +258,7 @@ def _read_file(config: Path | None) -> Iterator[_Setting]:
             yield (name,), f"{config}: {name}", _Problem(f"must be one of {', '.join(values)}, got {value!r}")
     # For `load_serve_tables`.
     content.pop("serve", None)
-    # These two are for `load_place`.
+    # These two are for `load_node_settings`.
     if _APP in content and not _is_app(app := content.pop(_APP)):
         yield (_APP,), f"{config}: {_APP}", _Problem(f"expected MODULE:ATTRIBUTE, got {app!r}")
     worker = content.pop("worker", {})

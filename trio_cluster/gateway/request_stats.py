@@ -48,6 +48,7 @@ __all__ = [
     "RequestSums",
     "SumsByName",
     "Timings",
+    "TokenStats",
 ]
 
 #: Seconds for which a story waits until the work of its calls has stopped, and how many may wait.
@@ -147,6 +148,19 @@ class RequestSums:
 SumsByName: TypeAlias = dict[str, RequestSums]
 
 
+@attrs.frozen
+class TokenStats:
+    """What was counted of the tokens of a model. ``None``: no stream was measured."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of the input that were read from a prompt cache."""
+    tokens_per_second: float | None = None
+    """Of a stream, on average."""
+    bytes_per_token: float | None = None
+    """Of a stream, on average."""
+
+
 def _none_known(_: str) -> bool:
     return False
 
@@ -184,18 +198,16 @@ class RequestStats:
         self.pending[:0] = late
         self.count()
 
-    def tokens_of(self, model: str) -> tuple[int, int, float | None, float | None]:
-        """Return what was counted of a model: tokens of prompts, those of them that were read from a prompt cache; and
-        of a stream, on average, the tokens per second and the bytes of a token. ``None``: no stream was measured.
-        """
+    def tokens_of(self, model: str) -> TokenStats:
+        """Return what was counted of the tokens of a model."""
         sums = self._models.get(model)
         if sums is None:
-            return 0, 0, None, None
+            return TokenStats()
         intervals = sums.timings[1]
         count = sum(intervals.counts)
         speed = count / intervals.total if count and intervals.total > 0 else None
         size = sums.streamed_bytes / sums.streamed_tokens if sums.streamed_tokens else None
-        return sums.input_tokens, sums.cached_tokens, speed, size
+        return TokenStats(sums.input_tokens, sums.cached_tokens, speed, size)
 
     def refused(self, key: str, error: ErrorFacts) -> None:
         """Count a request that was refused before it was known to be for a model."""
