@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import plistlib
 import re
@@ -507,3 +508,17 @@ def test_the_program_is_the_one_that_runs(main: Main, place: Path, monkeypatch: 
     assert start.startswith(
         f"{script} master " if script.exists() else f"{sys.executable} -m trio_cluster master "
     )
+
+
+def test_a_full_disk_is_reported_with_the_name_of_the_file(
+    main: Main, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, out, err = install(main, *PROGRAM, *MASTER, prefix=place / "files")
+    assert (code, out) == (1, "")
+    path = place / "files/etc/trio-cluster/trio-cluster-master/api_key"
+    assert one_line(err) == f"{path}: No space left on device"
+    assert written(place / "files") == {}

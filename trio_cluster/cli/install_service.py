@@ -408,7 +408,8 @@ def _write(files: Sequence[_File], *, force: bool, owner: str | None) -> None:
             print(f"wrote {each.path}" + (" (for its owner only)" if each.mode == 0o600 else ""))
     except OSError as error:
         hint = "; give --user for a service of your own" if isinstance(error, PermissionError) else ""
-        raise ClusterError(f"{error.filename}: {error.strerror}{hint}") from error
+        # Only what opens a file knows its name.
+        raise ClusterError(f"{error.filename or each.path}: {error.strerror}{hint}") from error
 
 
 def _user_number(name: str) -> int | None:
