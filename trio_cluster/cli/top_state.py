@@ -11,14 +11,26 @@ from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
-__all__ = ["Action", "LiveItems", "Mode", "Row", "Tab", "TopState", "number", "text"]
+from ..core.live_state import LIVE_KINDS
+
+__all__ = [
+    "NOWHERE",
+    "Action",
+    "Item",
+    "LiveItems",
+    "Mode",
+    "Row",
+    "Tab",
+    "TopState",
+    "number",
+    "text",
+]
 
 Item: TypeAlias = Mapping[str, Any]
 Tab: TypeAlias = Literal["requests", "workers"]
 #: What keys are for: the list; the answer to a question; the text of the filter; a story.
 Mode: TypeAlias = Literal["list", "question", "filter", "story"]
 
-KINDS: Final = ("requests", "workers", "models")
 #: Seconds over which the rate of a request is measured, about.
 _RATE_TIME: Final = 2.0
 #: More lines than any story has.
@@ -78,7 +90,7 @@ class LiveItems:
         self.changes += 1
         if event == "snapshot":
             self.requests, self.workers, self.models, self._rates = {}, {}, {}, {}
-        for kind in KINDS:
+        for kind in LIVE_KINDS:
             items = content.get(kind)
             if not isinstance(items, list):
                 continue
