@@ -1,4 +1,4 @@
-"""The trace of a call, as the parts of a node that a request passes see it; see ``tracer.py``."""
+"""The interface of a call's trace, for what sends the call on or runs its handler; see ``tracer.py``."""
 
 from __future__ import annotations
 

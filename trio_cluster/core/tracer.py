@@ -1,9 +1,9 @@
-"""What the parts of a node that requests pass know of tracing: two seams, which cost nothing while they are not used.
+"""The interface of tracing: two hooks in the path of a request, which cost nothing while they are not used.
 
 The router lets the node's tracer open the trace of a call before it opens the call (``Router.tracer``). The trace then
 belongs to the request that the backend gets (``Request.trace``): its context is in the request's headers, which go to a
-worker and to the server behind an engine, and what runs the handler enters it. What spans there are, and what becomes
-of them, ``telemetry/`` knows.
+worker and to the server behind an engine, and what runs the handler enters it. ``telemetry/`` implements both hooks:
+which spans there are, and where they are exported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The way of spans and metrics out of a node: the SDK's processors, its exporters and their threads.
+"""The export of spans and metrics to a collector: the SDK's processors, its exporters and their threads.
 
 The SDK keeps spans that are over in a queue of bounded length (``OTEL_BSP_MAX_QUEUE_SIZE``, 2048; the oldest ones make
 room), and exports them in a thread of its own; metrics are exported in another one, once a minute
@@ -34,7 +34,7 @@ from .handler_span import HandlerSpan, current_provider, provide, withdraw
 from .names import SCHEMA_URL, SCOPE
 from .variables import Signals
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "resource_of"]
 
 logger = logging.getLogger("trio_cluster.telemetry")
 

@@ -41,7 +41,7 @@ from ..core.request import Request
 from .exporting import Pipeline
 from .handler_span import HandlerSpan
 
-__all__ = ["AttemptTrace", "CallTracer", "RequestTrace"]
+__all__ = ["AttemptTrace", "CallTracer", "RequestTrace", "new_span_id"]
 
 _PARENT: Final = "traceparent"
 _STATE: Final = "tracestate"
