@@ -340,8 +340,7 @@ def install_previous_release(session: nox.Session) -> Path:
     Returns:
         The interpreter of that environment.
     """
-    source = Path("tests/end_to_end/previous_release.py").read_text(encoding="utf-8")
-    (commit,) = re.findall(r'^COMMIT: Final = "(\w+)"$', source, re.MULTILINE)
+    commit = release_checks.previous_commit(Path.cwd())
     folder = Path(session.create_tmp()).resolve() / "previous"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

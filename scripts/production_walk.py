@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from release_checks import previous_commit
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 ADDRESSES: Final = {"a": "10.77.0.1", "b": "10.77.0.2", "front": "10.77.0.3", "c": "10.77.0.4"}
 KEY: Final = "sk-for-admins"
@@ -291,9 +293,7 @@ class Walk:
 
     def install(self) -> None:
         """Build the wheels of 0.1.0 and of this checkout, and install each into an environment of its own."""
-        source = (ROOT / "tests/end_to_end/previous_release.py").read_text(encoding="utf-8")
-        (previous,) = re.findall(r'^COMMIT: Final = "(\w+)"$', source, re.MULTILINE)
-        for name, tree, extras in (("old", previous, ""), ("new", "HEAD", "[tls]")):
+        for name, tree, extras in (("old", previous_commit(ROOT), ""), ("new", "HEAD", "[tls]")):
             here, built = self.folder / name, self.folder / f"{name}.commit"
             commit = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", tree], text=True)
             if built.exists() and built.read_text() == commit:

@@ -23,6 +23,7 @@ __all__ = [
     "markdown",
     "obstacle",
     "outcome",
+    "previous_commit",
     "problems",
     "summary",
 ]
@@ -56,6 +57,13 @@ def changed_files(root: Path) -> list[str]:
     command = ["git", "status", "--porcelain", "--untracked-files=all"]
     lines = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
     return [line[3:] for line in lines]
+
+
+def previous_commit(root: Path) -> str:
+    """Return the commit of the previous release, from the tests of upgrades. Nothing needs to be installed for that."""
+    source = (root / "tests/end_to_end/previous_release.py").read_text("utf-8")
+    (commit,) = re.findall(r'^COMMIT: Final = "(\w+)"$', source, re.MULTILINE)
+    return str(commit)
 
 
 def problems(root: Path, version: str) -> list[str]:

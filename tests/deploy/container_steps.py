@@ -32,6 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
+import patience
 
 __all__ = [
     "Image",
@@ -412,11 +413,11 @@ class Container:
 
     def wait_until_healthy(self, command: Sequence[str], seconds: float = 60.0) -> None:
         """Run its health check until it succeeds."""
-        deadline = time.monotonic() + seconds
+        watch = patience.Stopwatch()
         while (ran := self.execute(command))[0]:
             if self._process.poll() is not None:
                 raise AssertionError(f"it has ended: {self.stop()}")
-            assert time.monotonic() < deadline, ran
+            assert watch.counted < seconds, ran
             time.sleep(0.2)
 
     def signal(self) -> None:
@@ -473,8 +474,8 @@ def run_container(
 
 def _first_process(outer: subprocess.Popen[str]) -> int:
     """Return the number that the first process of a PID namespace has on this machine."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and outer.poll() is None:
+    watch = patience.Stopwatch()
+    while watch.counted < 20 and outer.poll() is None:
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
         if children:
             return int(children[0])

@@ -11,10 +11,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import patience
 import pytest
 from certificates import authority, now
 from container_steps import (
@@ -172,13 +173,27 @@ def wait_for_status(container: Container, path: str, status: int) -> Any:
         "except urllib.error.HTTPError as e: r = e\n"
         "print(r.status); print(r.read().decode())"
     )
-    deadline = time.monotonic() + 20
+    watch = patience.Stopwatch()
     while True:
         ran, out = container.execute(["python3", "-c", code, path])
         if ran == 0 and out.startswith(f"{status}\n"):
             return json.loads(out.partition("\n")[2])
-        assert time.monotonic() < deadline, out
+        assert watch.counted < 20, out
         time.sleep(0.1)
+
+
+def wait_for_output(
+    container: Container, command: list[str], expected: Callable[[str], bool], within: float = 30
+) -> str:
+    """Run a command, which always succeeds, until it prints what is expected, and return that."""
+    watch = patience.Stopwatch()
+    while True:
+        code, out = container.execute(command)
+        assert code == 0, out
+        if expected(out):
+            return out
+        assert watch.counted < within, out
+        time.sleep(0.2)
 
 
 def test_the_health_check_fails_where_nothing_listens(image: Image, network: Network) -> None:
@@ -227,14 +242,7 @@ def test_the_services_of_the_compose_file_work_together(
         master, *workers = containers
         key = (secrets / "api_key").read_text()
         ask = ["trio-cluster", "status", "--json", "--api-key", key]
-        deadline = time.monotonic() + 30
-        while True:
-            code, out = master.execute(ask)
-            assert code == 0, out
-            if len(json.loads(out)["workers"]) == 2:
-                break
-            assert time.monotonic() < deadline, out
-            time.sleep(0.2)
+        wait_for_output(master, ask, lambda out: len(json.loads(out)["workers"]) == 2)
         assert master.execute(["trio-cluster", "status"])[0] == 1
         created = ["trio-cluster", "keys", "create", "app", "--requests-per-minute", "60", "--api-key", key]
         code, out = master.execute(created)
@@ -243,14 +251,8 @@ def test_the_services_of_the_compose_file_work_together(
         assert client_key is not None
         code, out = master.execute(["python3", "-c", PICTURE, client_key[0]])
         assert (code, out) == (0, "200 59\n"), out
-        deadline = time.monotonic() + 30
-        while True:
-            code, out = master.execute(["trio-cluster", "usage", "--json", "--api-key", key])
-            assert code == 0, out
-            if '"app"' in out:
-                break
-            assert time.monotonic() < deadline, out
-            time.sleep(0.2)
+        usage = ["trio-cluster", "usage", "--json", "--api-key", key]
+        wait_for_output(master, usage, lambda out: '"app"' in out)
         for container in (*workers, master):
             container.signal()
         for container in (*workers, master):
@@ -339,14 +341,8 @@ def test_the_pods_of_the_manifests_work_together(image: Image, network: Network,
             "/etc/trio-cluster/tls/ca.crt",
         ]
         ask += ["--api-key-file", "/etc/trio-cluster/secrets/api_key"]
-        deadline = time.monotonic() + 60
-        while True:
-            code, out = master.execute(ask)
-            assert code == 0, out
-            if workers := json.loads(out)["workers"]:
-                break
-            assert time.monotonic() < deadline, out
-            time.sleep(0.2)
+        out = wait_for_output(master, ask, lambda out: bool(json.loads(out)["workers"]), within=60)
+        workers = json.loads(out)["workers"]
         assert [(each["id"], each["admitted"]) for each in workers] == [
             ("trio-cluster-gpu-worker-abcde", "token")
         ]

@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import previous_release
 import pytest
 import release_checks
-from release_checks import markdown, obstacle, outcome, problems, summary
+from release_checks import markdown, obstacle, outcome, previous_commit, problems, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,3 +179,7 @@ def test_the_report_is_a_table() -> None:
     assert summary(rows[:1], wanted) == "Not everything was run: agents."
     assert summary(rows[:1], wanted[:1]) == "Everything has passed."
     assert summary([("check", "failed", 1.0, ""), *rows[1:]], wanted) == "Not to be released: failed: check."
+
+
+def test_the_previous_release_is_the_one_from_which_the_tests_upgrade() -> None:
+    assert previous_commit(ROOT) == previous_release.COMMIT
