@@ -161,6 +161,32 @@ async def test_what_the_dashboard_and_the_rules_ask_for_is_there(autojump_clock:
     assert len(asked) > 25
 
 
+#: A field of answers, and no metric.
+FIELDS = {"trio_cluster_via"}
+
+
+def written(text: str) -> set[str]:
+    """Return the metrics that a page names. Names of folders, modules and recording rules are others."""
+    # The first pattern takes paths, modules and rules whole, so that the second one does not find a part of them.
+    found = re.findall(
+        r"[\w:./]*[:./]trio_cluster\w*|\btrio_cluster[/.][\w/.]+|\b(trio_cluster_[a-z_]+)\b", text
+    )
+    return {name for name in found if name} - FIELDS
+
+
+async def test_the_metrics_that_the_pages_name_are_there(autojump_clock: MockClock) -> None:
+    metrics = await real_metrics()
+    there = {family.name + suffix for family in metrics.families for suffix in ("", "_total", "_bucket")}
+    recorded = set(re.findall(r"record: (\S+)", (RULES / "recording-rules.yml").read_text(encoding="utf-8")))
+    named: set[str] = set()
+    for page in OPERATIONS.parent.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        named |= written(text)
+        assert written(text) <= there, page.name
+        assert set(re.findall(r"\bmodel:trio_cluster[\w:]+", text)) <= recorded, page.name
+    assert "trio_cluster_requests_total" in named
+
+
 @needs_promtool
 async def test_promtool_reads_the_metrics(autojump_clock: MockClock) -> None:
     metrics = await real_metrics()

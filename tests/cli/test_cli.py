@@ -91,6 +91,8 @@ def test_help_shows_the_defaults_of_the_options(main: Main) -> None:
         (["status", "host:port"], "URL: 'http://host:port' is not a URL"),
         (["calls", "ftp://host"], "URL: expected a URL such as"),
         (["cancel"], "the following arguments are required: REQUEST_ID"),
+        (["install-service"], "the following arguments are required: {master,worker}"),
+        (["ca"], "the following arguments are required: rotate"),
         (["cancel", "r1", "host:port"], "URL: 'http://host:port' is not a URL"),
         (["drain"], "the following arguments are required: WORKER"),
         (["drain", "w1", "--no-wait=1"], "argument --no-wait: ignored explicit argument"),

@@ -66,7 +66,7 @@ def add_membership_routes(app: QuartTrio, membership: Membership, audit: AuditLo
         if membership.tls is None:
             raise ApiError(
                 409,
-                "This master has no TLS, so it can invite no workers; start it with --tls auto",
+                "This master has no TLS, and so neither invitations nor certificates; start it with --tls auto",
                 code="tls_required",
             )
         return membership.tls

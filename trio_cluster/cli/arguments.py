@@ -240,7 +240,8 @@ def _parser(program: str = "trio-cluster") -> _Parser:
         "install-service", "Write the files that make a node a service of systemd, or of launchd on a Mac."
     )
     _add_service_flags(install)
-    install.add_argument("node", choices=("master", "worker"), help="what to run")
+    # The metavars are what messages about wrong usage name; they are the words of the help text.
+    install.add_argument("node", choices=("master", "worker"), metavar="{master,worker}", help="what to run")
     install.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments, as you would start it"
     )
@@ -317,7 +318,12 @@ def _parser(program: str = "trio-cluster") -> _Parser:
     _add_admin_flags(revoke)
 
     ca = command("ca", "Look after the authority of a master's cluster.")
-    ca.add_argument("action", choices=["rotate"], help="replace it; the old one is trusted for 100 days more")
+    ca.add_argument(
+        "action",
+        choices=["rotate"],
+        metavar="rotate",
+        help="replace it; the old one is trusted for 100 days more",
+    )
     _add_url(ca, whose="the master")
     _add_admin_flags(ca)
     return parser
