@@ -207,6 +207,10 @@ def test_what_a_file_means_is_said(file: str, expected: str, main: Main, place: 
         ),
         ("app = 'models'", "c.toml: app: expected MODULE:ATTRIBUTE, got 'models'"),
         (
+            "[worker]\nmasters = ['a.lan:80800']",
+            "c.toml: worker.masters: expected the master's name or address, host:port or a URL",
+        ),
+        (
             "[worker]\nmasters = 'a.lan'",
             "c.toml: worker.masters: expected a list of addresses, such as ['a.lan:80",
         ),
